@@ -105,11 +105,10 @@ class EngineConfig:
     replica: int = 0  # the number of this one; set by engine.replicas
     prefill_replicas: int = 0  # of the replicas, those that only compute prompts; 0: each replica does everything
     decode_replicas: int = 0  # the others
-    role: str = ""  # of this replica, if its number does not say it; set by engine.ray_replicas
     distributed_executor_backend: str = MP  # of EXECUTOR_BACKENDS
     ray_address: str | None = None  # HOST:PORT of the cluster's head; None: see engine.ray_cluster
     distribute_weights: bool = False  # nodes get the files of the model from this machine
-    host_ranks: tuple[int, int] | None = None  # the first rank of a rank's host, and how many; set by its links
+    host_ranks: tuple[int, int] | None = None  # the rank with the first cores of a host, and how many; set by its links
     routing: str = "prefix"  # of ROUTINGS
     generation_config: str = "auto"  # source of sampling defaults: auto (the model), none, or a folder
     override_generation_config: dict[str, Any] | None = None  # fields that replace those of the file

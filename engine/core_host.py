@@ -13,10 +13,11 @@ import engine
 from engine.children import Failure, Report, ReportingChild, encode_report
 from engine.core_process import CoreOptions, Endpoints
 from engine.gateway import Gateway
-from engine.host import available_memory, shared_host
 from engine.kv_transfer import KVTcp
 from engine.multimodal.feature_files import remove_stale_features
+from engine.ray_cluster import Reservation
 from engine.socket_folder import SocketFolder
+from engine.worker.rank_host import HostFacts, host_facts
 
 
 class CoreHost:
@@ -26,15 +27,22 @@ class CoreHost:
         self._node = "this machine"
         self._child: ReportingChild | None = None
 
-    def place(self) -> tuple[str, str, int]:
-        """The address of the node; what processes have in common that share its cores and memory; its free bytes."""
+    def place(self, model: str) -> tuple[str, str, HostFacts, bool]:
+        """Ray's identity of the node, its address, its facts, and whether a file or folder of this path is there."""
         ray = importlib.import_module("ray")
         address = str(ray.util.get_node_ip_address())
         self._node = f"Ray node {address}"
-        return address, shared_host(), available_memory()
+        return str(ray.get_runtime_context().get_node_id()), address, host_facts(), Path(model).exists()
 
     def start(
-        self, host: str, secret: str, config: dict[str, Any], front_ends: int, step_timeout_s: float, memory: int
+        self,
+        host: str,
+        secret: str,
+        config: dict[str, Any],
+        front_ends: int,
+        step_timeout_s: float,
+        memory: int,
+        reservation: Reservation | None,
     ) -> str:
         """Start the core; the address at which front ends reach it.
 
@@ -45,6 +53,7 @@ class CoreHost:
             front_ends: how many there are.
             step_timeout_s: timeout of the core's watchdog; 0: no watchdog.
             memory: bytes that the core may use.
+            reservation: of the nodes of its ranks; None: they run on this machine.
         """
         # The process must find the package where this one has, however it did.
         found_at = [str(Path(engine.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -56,7 +65,7 @@ class CoreHost:
         kv_tcp = KVTcp(host, secret)
         self._child = ReportingChild(
             "engine.launch",
-            CoreOptions(config, *addresses, step_timeout_s, memory, {}, time.monotonic(), kv_tcp),
+            CoreOptions(config, *addresses, step_timeout_s, memory, {}, time.monotonic(), reservation, kv_tcp),
             name=f"the EngineCore on {self._node}",
             memory_advice="lower --kv-cache-memory-bytes",
         )

@@ -16,10 +16,14 @@ import zmq
 from engine import children
 from engine.children import Failure, Loading, ReportingChild, Up
 from engine.config import STEP_TIMEOUT_S, EngineConfig
+from engine.errors import OutOfMemoryError
+from engine.executor_backend import RAY
 from engine.kv_transfer import KVTcp
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import remove_stale_features
+from engine.ray_cluster import Reservation
 from engine.socket_folder import SocketFolder
+from engine.text import human_bytes
 
 if TYPE_CHECKING:
     from engine.frontend.transport import CoreAddress
@@ -53,6 +57,7 @@ class CoreOptions(children.PipeOptions):
     memory: int | None  # bytes that the engine may use; None: what is free
     environment: dict[str, str]  # variables to set, see `engine.devices.machine.Machine.environment`
     spawned: float  # when the parent starts the process, on the monotonic clock
+    reservation: Reservation | None = None  # of Ray nodes for its ranks; None: it reserves them itself, if it needs any
     kv_tcp: KVTcp | None = None  # if other replicas run elsewhere
 
 
@@ -80,8 +85,11 @@ class Core(Protocol):
         """A new core with the same options but for its adapters; the caller must `stop` this one."""
         ...
 
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str], memory: int | None) -> "Core":
-        """The core of another replica of the same server; `memory` as of CoreProcess."""
+    def sibling(self, config: EngineConfig, needed: int) -> "Core":
+        """The core of another replica of the same server, which needs so many bytes.
+
+        Raises OutOfMemoryError if they are not free, ConfigError if there is no device or no node for it.
+        """
         ...
 
     def stop(self) -> None:
@@ -171,8 +179,9 @@ class CoreProcess:
         one."""
         return CoreProcess(dataclasses.replace(self._config, adapters=adapters), **self._arguments)
 
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str], memory: int | None) -> "CoreProcess":
-        """The core of another replica of the same server."""
+    def sibling(self, config: EngineConfig, needed: int) -> "CoreProcess":
+        """The core of another replica of the same server, which needs so many bytes; see Core."""
+        environment, memory = share_left(config, needed)
         return CoreProcess(config, **self._arguments | {"memory": memory, "environment": environment})
 
     def stop(self) -> None:
@@ -201,3 +210,24 @@ class CoreProcess:
         self._child.close()
         self._folder.remove()
         remove_stale_features()  # of a core that was killed
+
+
+def share_left(config: EngineConfig, needed: int) -> tuple[dict[str, str], int | None]:
+    """What a replica that is added has of this machine: variables of its processes, and memory as of CoreProcess.
+
+    Raises OutOfMemoryError if less than `needed` bytes are free, ConfigError if there are too few devices.
+    """
+    from engine.devices import machine_for
+
+    machine = machine_for(config)
+    environment = machine.environment(config.replica)
+    if environment or config.simulated or config.distributed_executor_backend == RAY:  # which has its own memory
+        return environment, None
+    # Its share is what is free now: the other replicas have theirs already.
+    available = config.data_parallel_size * machine.available_memory()
+    if needed > available:
+        raise OutOfMemoryError(
+            f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
+            "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
+        )
+    return environment, available

@@ -22,9 +22,6 @@ class Options(Protocol):
     def replica(self) -> int: ...
 
     @property
-    def role(self) -> str: ...
-
-    @property
     def enable_prefix_caching(self) -> bool: ...
 
     @property
@@ -39,8 +36,8 @@ class Options(Protocol):
 
 def role_of(config: Options) -> str:
     """PREFILL or DECODE; empty: each replica does both."""
-    if config.role or not config.prefill_replicas:
-        return config.role
+    if not config.prefill_replicas:
+        return ""
     return PREFILL if config.replica < config.prefill_replicas else DECODE
 
 

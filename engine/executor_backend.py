@@ -50,14 +50,6 @@ def check_backend(config: BackendOptions) -> None:
             f"{BACKEND} {RAY} divides a model over the nodes of a Ray cluster (--tp, --pp), or runs replicas there "
             "(--dp): give one of these flags"
         )
-    if config.data_parallel_size > 1:
-        for flag, given in (
-            ("--tp or --pp", config.num_ranks > 1),
-            ("--distribute-weights", config.distribute_weights),
-            ("--kv-spill", config.kv_spill),
-        ):
-            if given:
-                raise ConfigError(f"{BACKEND} {RAY} does not run replicas (--dp) with {flag}: leave one of them out")
     if (config.ray_address or "").startswith("ray://"):
         raise ConfigError(
             f"--ray-address {config.ray_address}: the engine can't be a Ray client; run it on a node of the cluster, "

@@ -25,6 +25,7 @@ from engine.log_format import log_everything
 from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
 from engine.phases import Phases
+from engine.ray_cluster import Reservation
 from engine.resolved_config import ResolvedConfig
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def build_core_server(
     progress: Callable[[int, int], None] | None = None,
     memory: int | None = None,
     phases: Phases | None = None,
+    reservation: Reservation | None = None,
     kv_tcp: KVTcp | None = None,
 ) -> BuiltCore:
     """Plan memory, load the model, and build the core's server.
@@ -66,6 +68,7 @@ def build_core_server(
         progress: called with the bytes of weights read so far and in total.
         memory: bytes that the engine may use; None: what is free.
         phases: of the start so far.
+        reservation: as of CoreOptions.
         kv_tcp: how other replicas are reached if they run elsewhere.
     """
     phases = Phases() if phases is None else phases
@@ -80,7 +83,7 @@ def build_core_server(
         import torch  # noqa: F401
 
         phases.end("import torch")
-    plan, hosts = _plan(config, memory, phases)
+    plan, hosts = _plan(config, memory, phases, reservation)
     config, model_info, resolution = plan.config, plan.model_info, plan.resolution
     clock = MonotonicClock()
     executor = _start_executor(plan, endpoints, clock, progress, hosts)
@@ -139,7 +142,9 @@ def _attach_host_blocks(
     return spill, link
 
 
-def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[EnginePlan, RayHosts | None]":
+def _plan(
+    config: EngineConfig, memory: int | None, phases: Phases, reservation: Reservation | None
+) -> "tuple[EnginePlan, RayHosts | None]":
     """Plan the engine, and reserve the machines of its ranks; None if all ranks run on this one."""
     from engine.engine_plan import plan_engine
 
@@ -147,8 +152,9 @@ def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[En
     if config.distributed_executor_backend == RAY:
         from engine.worker.executor import reserve_hosts
 
-        hosts = reserve_hosts(config)
-        memory, machine = hosts.available_memory, hosts.machine
+        hosts = reserve_hosts(config, reservation)
+        machine = hosts.machine
+        memory = hosts.available_memory if memory is None else memory
         phases.end("reserve Ray nodes")
     plan = plan_engine(config, memory, machine)
     if hosts is not None:
@@ -274,7 +280,7 @@ def _run(options: CoreOptions, send: children.Send) -> None:
     def loading(done: int, total: int) -> None:
         send(Loading(done, total))
 
-    built = build_core_server(config, endpoints, loading, options.memory, phases, options.kv_tcp)
+    built = build_core_server(config, endpoints, loading, options.memory, phases, options.reservation, options.kv_tcp)
 
     def give_up(cause: str) -> None:
         # A hanging step can't be waited for: report the cause, then end the ranks and this process at once.

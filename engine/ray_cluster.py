@@ -1,4 +1,4 @@
-"""The connection of a process to a Ray cluster. Ray is imported only where it is asked for."""
+"""The connection of a process to a Ray cluster, and what is reserved there. Ray is imported only where it is needed."""
 
 import contextlib
 import importlib
@@ -7,8 +7,11 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+import msgspec
 
 from engine.errors import ConfigError
 from engine.executor_backend import BACKEND, RAY
@@ -16,15 +19,34 @@ from engine.text import first_line
 
 FLAG, VARIABLE = "--ray-address", "RAY_ADDRESS"
 REACH_S = 5.0  # for a connection to the head of the cluster
+FREE_S = 5.0  # for CPUs that are being freed
+NAMESPACE = "redline"  # of the names of placement groups
 
 log = logging.getLogger("redline.core")
 
 
-def connect_ray(address: str | None) -> Any:
+class Reservation(msgspec.Struct, frozen=True):
+    """CPUs that the starter of an EngineCore has reserved for its ranks, on several nodes.
+
+    Args:
+        group: the name of the placement group.
+        node: the address of the node where the core runs.
+        shares: of the cores of each host: the ranks of other replicas that come first, and the ranks of all.
+        models: the model's folder on each host; empty: it is the same.
+    """
+
+    group: str
+    node: str
+    shares: dict[str, tuple[int, int]]
+    models: dict[str, str]
+
+
+def connect_ray(address: str | None, node: str | None = None) -> Any:
     """Connect this process to a cluster, as a driver; the module `ray`.
 
     Args:
         address: HOST:PORT of the cluster's head; None: RAY_ADDRESS, else the cluster that runs on this machine.
+        node: the address of the node that this process belongs to; None: any node of this machine, first the head.
 
     Raises ConfigError if Ray is not installed, or if the cluster can't be reached.
     """
@@ -40,7 +62,12 @@ def connect_ray(address: str | None) -> Any:
     if not ray.is_initialized():
         with _same_signals():
             try:
-                ray.init(address=address or "auto", logging_level=logging.WARNING)
+                ray.init(
+                    address=address or "auto",
+                    logging_level=logging.WARNING,
+                    namespace=NAMESPACE,
+                    **({} if node is None else {"_node_ip_address": node}),
+                )
             except Exception as error:  # of many classes
                 where = f"{given_by} {address}" if address else "no Ray cluster is found"
                 raise ConfigError(
@@ -48,6 +75,39 @@ def connect_ray(address: str | None) -> Any:
                     "`ray start --address=HOST:PORT` for one of an existing cluster"
                 ) from error
     return ray
+
+
+def check_free(ray: Any, needed: int, what: str, advice: str, held: int = 0) -> None:
+    """Wait a moment until enough CPUs of the cluster are free.
+
+    Args:
+        needed: CPUs.
+        what: needs them, in words.
+        advice: which flags to lower.
+        held: CPUs that this process has reserved already.
+
+    Raises ConfigError if the cluster is too small, at once, or if other jobs use it.
+    """
+    deadline = time.monotonic() + FREE_S
+    while True:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there - held < needed:
+            used = f", of which {held} are used here" if held else ""
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            on = f"{nodes} node{'' if nodes == 1 else 's'}"
+            raise ConfigError(
+                f"the Ray cluster has {there} CPUs on {on}{used}, and {what}: add nodes with `ray start "
+                f"--address=HOST:PORT`, or {advice}"
+            )
+        free = int(ray.available_resources().get("CPU", 0))
+        if free >= needed:
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{free} of the Ray cluster's {there} CPUs are free, and {what}: end other jobs (`ray list actors` "
+                f"shows them), or {advice}"
+            )
+        time.sleep(0.1)
 
 
 def _check_reachable(address: str, given_by: str) -> None:

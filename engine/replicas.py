@@ -93,13 +93,13 @@ def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, 
         number: of the new replica.
         count: replicas that there will be.
 
-    Raises OutOfMemoryError if the memory that they share is too small, ConfigError if there are too few devices.
+    Raises OutOfMemoryError if the memory that they share is too small, ConfigError if there are too few devices, or too
+    few CPUs of a Ray cluster.
     """
-    from engine.devices import machine_for
     from engine.memory import KV_CACHE
 
     prefill = config.prefill_replicas
-    count = max(count, number + 1, prefill + 1 if prefill else 1)
+    count = max(count, number + 1, prefill + 1 if prefill else 1, 2 if on_ray_nodes(config) else 1)
     kv_bytes = sum(line.bytes for line in ready.memory if line.what == KV_CACHE)
     one = replace(
         config,
@@ -112,19 +112,7 @@ def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, 
         block_size=ready.block_size,
         kv_cache_memory_bytes=kv_bytes * count or None,
     )
-    if on_ray_nodes(config):  # which has its own memory
-        return first.sibling(one, {}, None)
-    machine = machine_for(one)
-    environment, available = machine.environment(number), None
-    if not environment and not config.simulated:
-        # Its share is what is free now: the other replicas have theirs already.
-        needed, available = sum(line.bytes for line in ready.memory), count * machine.available_memory()
-        if needed > available:
-            raise OutOfMemoryError(
-                f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
-                "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
-            )
-    return first.sibling(one, environment, available)
+    return first.sibling(one, sum(line.bytes for line in ready.memory))
 
 
 def wait_all_ready(

@@ -9,6 +9,7 @@ from engine.config import EngineConfig
 from engine.devices import machine_for
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
+from engine.ray_cluster import Reservation
 from engine.resolved_config import ResolvedConfig
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
@@ -45,11 +46,14 @@ class StartedExecutor(Protocol):
     def shutdown(self) -> None: ...
 
 
-def reserve_hosts(config: EngineConfig) -> "RayHosts":
-    """Reserve the machines of the ranks, before memory is planned. Raises ConfigError if there are none."""
+def reserve_hosts(config: EngineConfig, reservation: Reservation | None = None) -> "RayHosts":
+    """Reserve the machines of the ranks, before memory is planned, unless `reservation` has them.
+
+    Raises ConfigError if there are none.
+    """
     from engine.worker.ray_hosts import RayHosts
 
-    return RayHosts(config)
+    return RayHosts(config, reservation)
 
 
 def make_executor(

@@ -19,7 +19,7 @@ from engine.devices.machine import Machine
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError, EngineDeadError, RedlineError
 from engine.host import shared_host
-from engine.ray_cluster import connect_ray
+from engine.ray_cluster import Reservation, connect_ray
 from engine.text import first_line
 from engine.worker.model_copy import (
     ModelFile,
@@ -33,7 +33,7 @@ from engine.worker.model_copy import (
 from engine.worker.rank_host import HostFacts, RankHost, check_versions, fair_memory, host_facts, ranks_beside
 from engine.worker.rank_protocol import RankOptions
 from engine.worker.ray_copies import send_copies
-from engine.worker.ray_devices import GPUS, Resources, choose, machine_of
+from engine.worker.ray_devices import CPUS, GPUS, Resources, choose, machine_of
 
 PLACE_S = 30.0  # for the placement group
 START_S = 60.0  # for an actor to start, or to start the process of its rank
@@ -119,6 +119,10 @@ class RayHosts:
 
     Ranks of one host have consecutive numbers, those of this machine the first.
 
+    Args:
+        config: of the replica.
+        reservation: of CPUs; None: they, or GPUs, are reserved here.
+
     Attributes:
         machine: what the ranks run on, for planning.
 
@@ -127,15 +131,20 @@ class RayHosts:
 
     machine: Machine
 
-    def __init__(self, config: EngineConfig):
-        self._ray = ray = connect_ray(config.ray_address)
-        self.address = str(ray.util.get_node_ip_address())
-        self._group = None
-        self._models: dict[str, str] = {}  # the model's folder by host, where it is a copy
+    def __init__(self, config: EngineConfig, reservation: Reservation | None = None):
+        self._ray = ray = connect_ray(config.ray_address, None if reservation is None else reservation.node)
+        self.address = str(ray.util.get_node_ip_address()) if reservation is None else reservation.node
+        self._shares = {} if reservation is None else reservation.shares
+        # The model's folder by host, where it is a copy.
+        self._models = {} if reservation is None else reservation.models
+        self._group = None  # that is to be removed
         try:
-            resources = choose(config, int(ray.cluster_resources().get("GPU", 0)))
-            self._group = self._reserve(config.num_ranks, resources)
-            self._places = self._start_actors(config.num_ranks, resources)
+            if reservation is None:
+                resources = choose(config, int(ray.cluster_resources().get("GPU", 0)))
+                group = self._group = self._reserve(config.num_ranks, resources)
+            else:
+                resources, group = CPUS, ray.util.get_placement_group(reservation.group)
+            self._places = self._start_actors(group, config.num_ranks, resources)
             here = host_facts()
             for place in self._places:
                 check_versions(place.node.address, place.facts, here)
@@ -164,6 +173,8 @@ class RayHosts:
 
         Raises ModelError if a node has none, or other files.
         """
+        if self._models:  # whoever reserved the nodes has sent them
+            return
         if distribute:
             self._models = {host: str(copy) for host, copy in self._send(path, list_files(path)).items()}
         else:
@@ -209,8 +220,9 @@ class RayHosts:
 
     def start(self, options: RankOptions) -> RayRank:
         place = self._places[options.rank]
-        host_ranks = ranks_beside([one.facts for one in self._places], options.rank)
-        options.config = {**options.config, "host_ranks": host_ranks}
+        first, count = ranks_beside([one.facts for one in self._places], options.rank)
+        before, total = self._shares.get(place.facts.host, (0, count))
+        options.config = {**options.config, "host_ranks": (first - before, total)}
         model = self._models.get(place.facts.host, options.model_info["path"])
         options.model_info = {**options.model_info, "path": model}
         started = place.actor.start.remote(msgspec.msgpack.encode(options))
@@ -258,10 +270,10 @@ class RayHosts:
                 raise ConfigError(f"node {place.node.address} can't be asked for its GPU: {_cause(error)}") from error
         return found
 
-    def _start_actors(self, ranks: int, resources: Resources) -> list[_Place]:
+    def _start_actors(self, group: Any, ranks: int, resources: Resources) -> list[_Place]:
         ray = self._ray
         strategy = importlib.import_module("ray.util.scheduling_strategies").PlacementGroupSchedulingStrategy
-        table = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        table = ray.util.placement_group_table(group)["bundles_to_node_id"]
         known = {node["NodeID"]: _Node(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes()}
         actors = []
         for number in range(ranks):
@@ -270,7 +282,7 @@ class RayHosts:
                 num_cpus=resources.of_rank["CPU"],
                 num_gpus=resources.of_rank.get("GPU", 0),
                 max_concurrency=THREADS,
-                scheduling_strategy=strategy(self._group, placement_group_bundle_index=number),
+                scheduling_strategy=strategy(group, placement_group_bundle_index=number),
             )
             actors.append((node, actor.remote(f"node {node.address}")))
         places = [self._place(node, actor, actor.facts.remote()) for node, actor in actors]

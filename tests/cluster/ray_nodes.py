@@ -112,6 +112,15 @@ def _remove(links: Sequence[str], namespaces: Sequence[str]) -> None:
         subprocess.run(["ip", what[0], "delete", what[1]], check=False, capture_output=True)
 
 
+def make_cache(folder: Path) -> dict[str, str]:
+    """The variables of a node that has a user's cache of its own, with the kernels that are compiled already."""
+    here = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
+    here.mkdir(parents=True, exist_ok=True)
+    (folder / "redline").mkdir(parents=True)
+    (folder / "redline" / "kernels").symlink_to(here)
+    return {"XDG_CACHE_HOME": str(folder)}
+
+
 @contextmanager
 def machines(hidden: Path | None = None) -> Iterator[tuple[Node, Node]]:
     """Two machines: network namespaces with addresses of their own, or else two addresses of the loopback interface.

@@ -1,6 +1,5 @@
 """What --prefill-replicas and --decode-replicas mean, and what they are not combined with."""
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ from engine.disaggregation import DECODE, PREFILL, num_transfer_blocks, role_of
 from engine.errors import ConfigError
 from engine.kv_transfer import missing_places, num_shared_blocks
 from engine.messages import Ready
-from engine.ray_replicas import check_equal, on_host
+from engine.ray_replicas import check_equal
 
 BOTH = {"prefill_replicas": 2, "decode_replicas": 1}
 
@@ -48,18 +47,6 @@ def test_the_first_replicas_compute_prompts():
 def test_what_does_not_fit_is_refused_with_the_flag(fields: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         config(**fields)
-
-
-def test_a_replica_on_a_host_keeps_the_role_of_its_number_among_all():
-    """Two cores of three share a host; one that replaces another has its role, wherever it runs."""
-    given = config(**BOTH, kv_cache_memory_bytes=300, distributed_executor_backend="ray")
-    placed = [on_host(replace(given, replica=number), number % 2, 2, 3) for number in range(3)]
-    assert [role_of(one) for one in placed] == [PREFILL, PREFILL, DECODE]
-    assert [(one.replica, one.data_parallel_size) for one in placed] == [(0, 2), (1, 2), (0, 2)]
-    assert EngineConfig(**placed[2].describe()) == placed[2]
-    successor = on_host(placed[2], 3, 4, 2)
-    assert (role_of(successor), successor.replica, successor.kv_cache_memory_bytes) == (DECODE, 3, 400)
-    assert role_of(on_host(config(data_parallel_size=2), 0, 1, 2)) == ""
 
 
 def test_replicas_whose_blocks_differ_can_not_exchange_them():

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from engine.config import EngineConfig
+from engine.core_process import share_left
 from engine.disaggregation import DECODE, PREFILL, role_of
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine, Ready
@@ -22,11 +23,8 @@ READY = Ready(
 class Core:
     """In place of a process: what it would be started with."""
 
-    memory: int | None = None
-
-    def sibling(self, config: EngineConfig, environment: Any, memory: int | None) -> Any:
-        self.memory = memory
-        return config, environment
+    def sibling(self, config: EngineConfig, needed: int) -> Any:
+        return config, needed
 
 
 @pytest.fixture
@@ -40,8 +38,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.usefixtures("free")
 def test_it_has_the_sizes_of_the_first():
     config = EngineConfig(model="/m", device="cpu")
-    added, environment = start_another(Core(), READY, config, 2, 3)  # type: ignore[arg-type, misc]
-    assert (added.replica, added.data_parallel_size, environment) == (2, 3, {})
+    added, needed = start_another(Core(), READY, config, 2, 3)  # type: ignore[arg-type, misc]
+    assert (added.replica, added.data_parallel_size, needed) == (2, 3, 3 * GIB)
     assert (added.max_model_len, added.max_num_seqs, added.max_num_batched_tokens) == (128, 4, 64)
     assert added.block_size == 16
     assert added.kv_cache_memory_bytes // added.data_parallel_size == 2 * GIB
@@ -49,9 +47,8 @@ def test_it_has_the_sizes_of_the_first():
 
 @pytest.mark.usefixtures("free")
 def test_its_share_of_the_memory_is_what_the_others_left():
-    core = Core()
-    start_another(core, READY, EngineConfig(model="/m", device="cpu"), 1, 2)  # type: ignore[arg-type]
-    assert core.memory == 64 * GIB
+    config = EngineConfig(model="/m", device="cpu", data_parallel_size=2, replica=1)
+    assert share_left(config, 64 * GIB) == ({}, 64 * GIB)
 
 
 @pytest.mark.usefixtures("free")
@@ -72,7 +69,7 @@ def test_the_number_decides_about_the_role(number: int, count: int, role: str):
 def test_memory_that_is_not_there_is_an_error(free: list[int]):
     free[0] = GIB
     with pytest.raises(OutOfMemoryError, match=r"needs 3\.0 GiB, but 1\.0 GiB are free: use a lower --dp"):
-        start_another(Core(), READY, EngineConfig(model="/m", device="cpu"), 1, 2)  # type: ignore[arg-type]
+        share_left(EngineConfig(model="/m", device="cpu", data_parallel_size=2, replica=1), 3 * GIB)
 
 
 def test_replicas_that_start_together_must_fit_together(monkeypatch: pytest.MonkeyPatch):
