@@ -16,8 +16,8 @@ import zmq
 from engine import children
 from engine.children import Failure, Loading, ReportingChild, Up
 from engine.config import STEP_TIMEOUT_S, EngineConfig
-from engine.errors import OutOfMemoryError
-from engine.executor_backend import RAY
+from engine.errors import ConfigError, OutOfMemoryError
+from engine.executor_backend import BACKEND, RAY
 from engine.kv_transfer import KVTcp
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import remove_stale_features
@@ -215,13 +215,19 @@ class CoreProcess:
 def share_left(config: EngineConfig, needed: int) -> tuple[dict[str, str], int | None]:
     """What a replica that is added has of this machine: variables of its processes, and memory as of CoreProcess.
 
-    Raises OutOfMemoryError if less than `needed` bytes are free, ConfigError if there are too few devices.
+    Raises OutOfMemoryError if less than `needed` bytes are free, ConfigError if there are too few devices, or if the
+    other replica is on a Ray cluster.
     """
     from engine.devices import machine_for
 
+    if config.distributed_executor_backend == RAY:
+        raise ConfigError(
+            "a server with one replica whose ranks are on a Ray cluster gets no others: start it with --dp 2 or more "
+            f"and {BACKEND} {RAY}"
+        )
     machine = machine_for(config)
     environment = machine.environment(config.replica)
-    if environment or config.simulated or config.distributed_executor_backend == RAY:  # which has its own memory
+    if environment or config.simulated:
         return environment, None
     # Its share is what is free now: the other replicas have theirs already.
     available = config.data_parallel_size * machine.available_memory()

@@ -72,6 +72,14 @@ def test_memory_that_is_not_there_is_an_error(free: list[int]):
         share_left(EngineConfig(model="/m", device="cpu", data_parallel_size=2, replica=1), 3 * GIB)
 
 
+def test_one_replica_on_a_ray_cluster_gets_no_others():
+    config = EngineConfig(
+        model="/m", device="cpu", data_parallel_size=2, tensor_parallel_size=2, distributed_executor_backend="ray"
+    )
+    with pytest.raises(ConfigError, match="gets no others: start it with --dp 2 or more"):
+        share_left(config, GIB)
+
+
 def test_replicas_that_start_together_must_fit_together(monkeypatch: pytest.MonkeyPatch):
     each = 3 * GIB + PROCESS_BYTES
     monkeypatch.setattr("engine.replicas.available_memory", lambda: 4 * each)
