@@ -1,9 +1,9 @@
 """`python -m tests.cluster.serving_replicas FOLDER HOST:PORT SIGNAL_FILE DISK`: two replicas on Ray nodes, one is lost.
 
-Serves two replicas, one on each node, which keep evicted KV blocks in a folder DISK, and asks. Drains one of them and
-adds another under load, and more than there are CPUs. Then waits for SIGNAL_FILE, by which the caller reports that it
-has ended the second node, and until its replica runs on the first one. Then ends an EngineCore, and waits until another
-one serves. Prints JSON as the last line.
+Serves two replicas, one on each node, which keep evicted KV blocks in a folder DISK, and asks. Then waits for
+SIGNAL_FILE, by which the caller reports that it has ended the second node, and until its replica runs on the first one.
+Then ends an EngineCore, and waits until another one serves. Then drains a replica and adds another under load, and more
+than there are CPUs. Prints JSON as the last line.
 """
 
 import asyncio
@@ -58,7 +58,11 @@ def scale_under_load(served: Served) -> list[str]:
             await settle(served, replicas)
         return []
 
-    asked, _ = asyncio.run(under_load(served, 3, 40, part))
+    try:
+        asked, _ = asyncio.run(under_load(served, 3, 40, part))
+    except Exception:
+        print(served.output()[-20000:], served.process.poll())
+        raise
     assert len(asked) > 3
     return [one.error for one in asked if one.error]
 
@@ -86,8 +90,6 @@ def main(model: str, address: str, signal_file: str, disk: str) -> None:
         tokens = [ask(served), ask(served)]
         hits = served.metric("redline:kv_spill_hits_total")
         folders = len(os.listdir(disk))
-        failed, refused = scale_under_load(served), refused_scale(served, 4)
-        tokens.append(ask(served))
         print("serving", flush=True)
         while not Path(signal_file).exists():
             time.sleep(0.1)
@@ -100,6 +102,8 @@ def main(model: str, address: str, signal_file: str, disk: str) -> None:
         wait_for(served, "ok", "ok")
         tokens.append(ask(served))
         restarts = served.metric("redline:core_restarts_total")
+        failed, refused = scale_under_load(served), refused_scale(served, 3)
+        tokens.append(ask(served))
         output = served.output()
     found = {
         "tokens": tokens, "noticed_s": noticed, "restarts": restarts, "output": output, "hits": hits,

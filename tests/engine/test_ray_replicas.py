@@ -96,7 +96,7 @@ def test_replicas_that_are_lost_are_started_again_and_elsewhere(tmp_path: Path) 
     assert found["hits"] > 0
     assert found["folders"] == 2
     assert found["failed"] == []
-    assert "the Ray cluster has 3 CPUs on 2 nodes, of which 3 are used here, and 1 replica needs 1" in found["refused"]
+    assert "the Ray cluster has 2 CPUs on 1 node, of which 2 are used here, and 1 replica needs 1" in found["refused"]
     assert found["restarts"] == 2
     assert found["noticed_s"] < 10
     assert all(f"Ray node {node.address}" in found["output"] for node in cluster.nodes)
