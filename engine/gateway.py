@@ -1,6 +1,7 @@
 """Carries the messages of front ends on other machines to a core and back: TCP on one side, Unix sockets on the other.
 
-    front end, DEALER ──message──►  gateway, ROUTER ──►  core (the sockets of `engine.core.server`)
+    front end, DEALER ──message──────────────► gateway, ROUTER ──► core (the sockets of `engine.core.server`)
+                      ──path, place, piece─────►       └───────► files in the core's folder of features
 
 It runs beside the core's process on its machine. A front end has one connection for both directions, under its name, so
 an answer always has a way back. All connections have the keys of the run (`engine.curve`).
@@ -8,6 +9,7 @@ an answer always has a way back. All connections have the keys of the run (`engi
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import zmq
 
 from engine.curve import Gate, tcp_address
+from engine.multimodal.feature_files import PREFIX, find_parent, unlink_features
 
 log = logging.getLogger("redline.core")
 
@@ -101,3 +104,29 @@ class Gateway:
                 parts: list[Any] = self._outside.recv_multipart(zmq.NOBLOCK)
                 if len(parts) == 2:
                     self._to_core.send(parts[1])
+                elif len(parts) == 4:
+                    _store(parts[1].decode(), int(parts[2]), parts[3])
+
+
+def _store(path: str, begin: int, piece: bytes) -> None:
+    """Write a piece of a feature file at its place, after those before it, or remove the file if the piece is empty.
+
+    Nothing is done outside of folders of features.
+    """
+    folder = os.path.dirname(path)
+    if os.path.dirname(folder) != find_parent() or not os.path.basename(folder).startswith(PREFIX):
+        log.error("a front end has sent a file for %s, which is no folder of features", folder)
+        return
+    if not piece:
+        unlink_features(path)
+        return
+    if begin and not os.path.exists(path):  # an earlier piece could not be stored
+        return
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.seek(begin)
+            file.write(piece)
+    except OSError as error:  # the core reports that the request lacks it
+        log.error("the features of an input can't be stored: %s", error)
+        unlink_features(path)

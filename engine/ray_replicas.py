@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.core_process import STOP_GRACE_S
 from engine.curve import Change, Connections, secure_client
 from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError, RedlineError
-from engine.executor_backend import BACKEND, MP, RAY
+from engine.executor_backend import BACKEND, RAY
 from engine.frontend.transport import CoreAddress
 from engine.gateway import front_end_name
 from engine.messages import Ready, Shutdown, encode
@@ -71,11 +71,6 @@ class RayCore:
                 assert isinstance(report, Failure)
                 raise self._on_nodes(report.error())
             ready: Ready = report.read(Ready)
-            if ready.mm is not None:
-                raise ConfigError(
-                    f"{BACKEND} {RAY} does not serve models that take images, audio or video: their features are "
-                    f"passed to cores in shared memory; use {BACKEND} {MP}"
-                )
             self._socket.connect(self._address)
             self._connections.wait_accepted(self._address, CONNECT_S)
         except BaseException:

@@ -101,7 +101,7 @@ class CoreClient(OutputProcessor):
         if inputs is not None:
             assert ready.mm is not None, "the model takes no multimodal inputs"
             self.features = inputs.cache
-            self.features.attach(self.replica, ready.mm.folder, transport.send)
+            self.features.attach(self.replica, ready.mm.folder, transport)
 
     def open(self, listener: ClientListener | None = None) -> None:
         """Start receiving messages; called inside the event loop that will use the client."""
@@ -377,7 +377,7 @@ class CoreClient(OutputProcessor):
         self.stats.core_replaced()
         if self.features is not None:
             assert ready.mm is not None, "the model takes no multimodal inputs"
-            self.features.attach(self.replica, ready.mm.folder, transport.send)
+            self.features.attach(self.replica, ready.mm.folder, transport)
         transport.open(self.deliver)
 
     def core_removed(self) -> None:

@@ -7,15 +7,15 @@ event loop. Inputs that a request still uses are not evicted, even if the cache 
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from engine.columns import column
 from engine.errors import ProcessingError
 from engine.frontend.front_end_stats import MMCounters
 from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, make_handle
-from engine.multimodal.feature_files import FeatureFolder, link_features, unlink_features
+from engine.multimodal.feature_files import FeatureFolder, unlink_features
 from engine.multimodal.pool_protocol import Done
 from engine.multimodal.types import Media, MediaKind
 
@@ -130,9 +130,21 @@ def placed_inputs(inputs: PromptInputs) -> list[PlacedInput]:
     return [one for one in inputs if isinstance(one, PlacedInput)]
 
 
+class CoreFiles(Protocol):
+    """Reaches a core; see `engine.frontend.transport.Transport`."""
+
+    def send(self, message: FreeFeatures) -> None:
+        """Send a message before returning."""
+        ...
+
+    def hand_over(self, path: str, new: str) -> None: ...
+
+    def take_back(self, new: str) -> None: ...
+
+
 class _Mirror(NamedTuple):
     folder: str  # of the core
-    send: Callable[[FreeFeatures], None]
+    core: CoreFiles
 
 
 class FeatureCache:
@@ -153,9 +165,9 @@ class FeatureCache:
 
     # ----------------------------------------------------------------------------------------------------- the cores
 
-    def attach(self, replica: int, folder: str, send: Callable[[FreeFeatures], None]) -> None:
-        """Add the core of a replica; `send` sends it a message before returning."""
-        self._mirrors[replica] = _Mirror(folder, send)
+    def attach(self, replica: int, folder: str, core: CoreFiles) -> None:
+        """Add the core of a replica, and the folder of its files on its machine."""
+        self._mirrors[replica] = _Mirror(folder, core)
 
     def detach(self, replica: int) -> None:
         """The core is gone, and all that it had."""
@@ -164,14 +176,14 @@ class FeatureCache:
             cached.mirrors.discard(replica)
 
     def refs_for(self, replica: int, handle: int, placed: Sequence[PlacedInput]) -> tuple[MMInputRef, ...]:
-        """The inputs of a request that is sent to a replica in the same section; files that it lacks are linked."""
-        refs = []
+        """The inputs of a request that is sent to a replica in the same section; it is given what it lacks."""
+        refs, mirror = [], self._mirrors[replica]
         for index, (offset, prepared) in enumerate(placed):
             cached, features = prepared.cached, ""
             if replica not in cached.mirrors:
-                features = os.path.join(self._mirrors[replica].folder, f"{handle}-{index}")
+                features = os.path.join(mirror.folder, f"{handle}-{index}")
                 try:
-                    link_features(cached.path, features)
+                    mirror.core.hand_over(cached.path, features)
                 except OSError as error:  # the core is gone, and this process does not know yet
                     raise ProcessingError(f"the features of an input can't be handed to the engine: {error}") from error
                 cached.mirrors.add(replica)
@@ -179,10 +191,10 @@ class FeatureCache:
         return tuple(refs)
 
     def withdraw(self, replica: int, refs: Iterable[MMInputRef]) -> None:
-        """A request could not be sent: the files linked for it are not the core's."""
+        """A request could not be sent: the files for it are not the core's."""
         for ref in refs:
             if ref.features:
-                unlink_features(ref.features)
+                self._mirrors[replica].core.take_back(ref.features)
                 self._by_hash[ref.hash].mirrors.discard(replica)
 
     def send_again(self, replica: int, placed: Iterable[PlacedInput]) -> None:
@@ -264,7 +276,7 @@ class FeatureCache:
         if evicted:
             for cached in evicted:
                 cached.mirrors.discard(replica)
-            self._mirrors[replica].send(FreeFeatures(self._sender, tuple(cached.hash for cached in evicted)))
+            self._mirrors[replica].core.send(FreeFeatures(self._sender, tuple(cached.hash for cached in evicted)))
 
     def clear(self) -> None:
         """Evict all entries that no request uses."""

@@ -5,15 +5,18 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import zmq
 
 from engine.messages import Ready, ToCore, encode
+from engine.multimodal.feature_files import link_features, unlink_features
 
 log = logging.getLogger("redline.client")
 
+PIECE_BYTES = 1 << 20  # of a file at a time, so that heartbeats get through between pieces
 TURN_S = 0.01  # for messages, one after the other, before other tasks of the event loop run; a message is read whole
 
 
@@ -56,10 +59,28 @@ class Transport(Protocol):
         """Send a message without waiting."""
         ...
 
+    def hand_over(self, path: str, new: str) -> None:
+        """Give the core a feature file of its own at `new`, before the messages that follow. Raises OSError."""
+        ...
+
+    def take_back(self, new: str) -> None:
+        """Remove a file that the core was given, but no message has named."""
+        ...
+
     def close(self) -> None: ...
 
 
-class ZmqTransport:
+class LocalFiles:
+    """Gives files to a core of this machine: it gets links."""
+
+    def hand_over(self, path: str, new: str) -> None:
+        link_features(path, new)
+
+    def take_back(self, new: str) -> None:
+        unlink_features(new)
+
+
+class ZmqTransport(LocalFiles):
     """ZeroMQ sockets served by the event loop that `open` runs in."""
 
     def __init__(self, to_core: str, from_core: str):
@@ -122,7 +143,7 @@ class ZmqTransport:
 
 
 class TcpTransport(ZmqTransport):
-    """One connection to a core on another machine (see `engine.gateway`), for both directions."""
+    """One connection to a core on another machine, for both directions; the gateway there also writes files."""
 
     def __init__(self, address: str, name: str, secret: str):
         self._secret = secret
@@ -145,6 +166,15 @@ class TcpTransport(ZmqTransport):
         if self._loop is not None:
             self._loop.call_soon(self._read)
 
+    def hand_over(self, path: str, new: str) -> None:
+        data = memoryview(Path(path).read_bytes())
+        for begin in range(0, len(data), PIECE_BYTES):
+            piece = data[begin : begin + PIECE_BYTES]
+            self._outbound.send_multipart((new.encode(), b"%d" % begin, piece), zmq.NOBLOCK)
+
+    def take_back(self, new: str) -> None:
+        self._outbound.send_multipart((new.encode(), b"0", b""), zmq.NOBLOCK)
+
 
 class NoTransport:
     """The transport of a client whose core is gone."""
@@ -154,6 +184,12 @@ class NoTransport:
 
     def send(self, message: ToCore) -> None:
         """Nobody gets it: an event follows, which fails or moves what waits for an answer."""
+
+    def hand_over(self, path: str, new: str) -> None:  # noqa: ARG002
+        raise AssertionError("a file for a core that is gone")
+
+    def take_back(self, new: str) -> None:
+        """The file is gone with the core."""
 
     def close(self) -> None: ...
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from engine.frontend.transport import LocalFiles
 from engine.messages import ToCore, encode
 
 
-class InlineTransport:
+class InlineTransport(LocalFiles):
     """`receive` takes the encoded messages to the core, and the core sends through `from_core`."""
 
     def __init__(self, receive: Callable[[bytes], None] | None = None):

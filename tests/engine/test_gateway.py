@@ -12,6 +12,7 @@ from engine.curve import Connections, RefusedError, new_secret, secure_client
 from engine.frontend.transport import TcpTransport
 from engine.gateway import Gateway, front_end_name
 from engine.messages import Abort, decode_to_core
+from engine.multimodal.feature_files import PREFIX, FeatureFolder, find_parent
 from engine.socket_folder import SocketFolder
 
 FRONT_ENDS = 2
@@ -130,3 +131,54 @@ async def test_a_wrong_secret_is_refused(core: Core) -> None:
     context.term()
     stranger.close()
     friend.transport.close()
+
+
+async def test_files_of_features_arrive_before_the_messages_that_follow(
+    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.frontend.transport.PIECE_BYTES", 1000)
+    front_end, source = FrontEnd(core, 0), tmp_path / "features"
+    source.write_bytes(bytes(i % 251 for i in range(4321)))
+    folder = FeatureFolder()
+    try:
+        paths = [f"{folder.path}/{name}" for name in ("1-0", "1-1", "2-0")]
+        for path in paths:
+            front_end.transport.hand_over(str(source), path)
+        front_end.transport.take_back(paths[1])
+        front_end.transport.send(Abort((1,)))
+        await asyncio.to_thread(core.receive)
+        assert {path: Path(path).read_bytes() for path in (paths[0], paths[2])} == dict.fromkeys(
+            (paths[0], paths[2]), source.read_bytes()
+        )
+        assert not Path(paths[1]).exists()
+    finally:
+        folder.remove()
+    front_end.transport.close()
+
+
+async def test_other_folders_are_not_written(core: Core, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    front_end, source = FrontEnd(core, 0), tmp_path / "features"
+    source.write_bytes(b"features")
+    for path in (tmp_path / "1-0", Path(find_parent()) / "1-0", Path(find_parent()) / PREFIX / ".." / "1-0"):
+        front_end.transport.hand_over(str(source), str(path))
+        front_end.transport.send(Abort((1,)))
+        await asyncio.to_thread(core.receive)
+        assert not path.exists()
+        assert f"has sent a file for {path.parent}, which is no folder" in caplog.text
+    front_end.transport.close()
+
+
+async def test_a_file_without_room_is_not_left_in_part(
+    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first piece can't be written: the rest must not look like a file."""
+    monkeypatch.setattr("engine.frontend.transport.PIECE_BYTES", 1000)
+    front_end, source = FrontEnd(core, 0), tmp_path / "features"
+    source.write_bytes(bytes(5000))
+    folder = f"{find_parent()}/{PREFIX}missing"
+    front_end.transport.hand_over(str(source), f"{folder}/1-0")
+    front_end.transport.send(Abort((1,)))
+    await asyncio.to_thread(core.receive)
+    assert "the features of an input can't be stored: " in caplog.text
+    assert len([one for one in caplog.records if "can't be stored" in one.message]) == 1
+    front_end.transport.close()

@@ -29,6 +29,7 @@ from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, Origin, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
+from engine.frontend.transport import LocalFiles
 from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, ToCore, encode
 from engine.stats import Stats
 from tests.perf.child_processes import start_child
@@ -87,7 +88,7 @@ def detokenise_sse_us(repeats: int = 200) -> float:
     return float(np.median(samples)) / 1e3
 
 
-class PlayedCore:
+class PlayedCore(LocalFiles):
     """A transport whose core is the measurement: it notes requests and delivers what it is given."""
 
     def __init__(self) -> None:

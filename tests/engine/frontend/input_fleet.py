@@ -25,6 +25,7 @@ from engine.frontend.mm_pipeline import MMPipeline
 from engine.frontend.router import Router
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import collect_outputs
+from engine.frontend.transport import LocalFiles
 from engine.messages import MMInputRef, MMSpec, Ready, StepMessage, ToCore, encode
 from engine.multimodal.feature_files import FeatureFolder, read_features, write_features
 from engine.multimodal.hashing import InputHasher
@@ -63,7 +64,7 @@ class Reader(FakeExecutor):
         super().pump()
 
 
-class Transport:
+class Transport(LocalFiles):
     """Keeps the messages to a core until they are moved."""
 
     def __init__(self) -> None:
@@ -324,7 +325,7 @@ class InputFleet:
             folder.remove()
 
 
-class _Nowhere:
+class _Nowhere(LocalFiles):
     """The transport of a process that is gone."""
 
     def send(self, _message: ToCore) -> None: ...

@@ -145,7 +145,7 @@ def test_texts_that_the_loop_tokenizes_may_have_inputs(ablations: tuple[str, ...
         cache = FeatureCache(0, MMCounters())
         if len(ablations) == 1:
             core.client.features = cache
-            cache.attach(0, core.folder.path, core.client._transport.send)
+            cache.attach(0, core.folder.path, core.client._transport)
             path, content = cache.new_path(), HASHER.hash_input("image", png(50).data, 1, {})
             size = write_features(path, {"pixels": np.ones(3)})
             cached = cache.insert(content, path, Done([EMBEDDING] * 4, size=size))
