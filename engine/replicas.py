@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from engine.config import EngineConfig
 from engine.core_process import Core, CoreProcess
-from engine.errors import ConfigError, OutOfMemoryError
+from engine.errors import OutOfMemoryError
 from engine.executor_backend import RAY
 from engine.host import available_memory
 from engine.messages import Ready
@@ -16,10 +16,8 @@ PROCESS_BYTES = 192 << 20  # of PyTorch and the other libraries in each process,
 
 
 def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[Core, ...]:
-    """Start all cores at the same time; `wait_all_ready` waits for them. Raises ConfigError if there are too many."""
+    """Start all cores at the same time; `wait_all_ready` waits for them."""
     count = config.data_parallel_size
-    if count > 1:
-        _check_count(config)
     if on_ray_nodes(config):
         from engine.ray_replicas import start_ray_cores
 
@@ -49,15 +47,6 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
         stop_all(started)
         raise
     return tuple(started)
-
-
-def _check_count(config: EngineConfig) -> None:
-    from engine.devices.machine import replica_flags
-    from engine.frontend.front_end_stats import MOST_REPLICAS
-
-    if config.data_parallel_size > MOST_REPLICAS:
-        given = " ".join(f"{flag} {count}" for flag, count in replica_flags(config).items())
-        raise ConfigError(f"{given}: a server has at most {MOST_REPLICAS} replicas")
 
 
 def on_ray_nodes(config: EngineConfig) -> bool:

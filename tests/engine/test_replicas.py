@@ -11,7 +11,7 @@ from engine.core_process import share_left
 from engine.disaggregation import DECODE, PREFILL, role_of
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine, Ready
-from engine.replicas import PROCESS_BYTES, check_room, start_another, start_cores
+from engine.replicas import PROCESS_BYTES, check_room, start_another
 
 GIB = 1 << 30
 READY = Ready(
@@ -89,16 +89,3 @@ def test_replicas_that_start_together_must_fit_together(monkeypatch: pytest.Monk
         check_room(READY, config, 5)
     check_room(msgspec.structs.replace(READY, device="cuda (NVIDIA H100)"), config, 60)  # each has memory of its own
     check_room(READY, replace(config, data_parallel_size=2, distributed_executor_backend="ray"), 60)
-
-
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        ({"data_parallel_size": 65}, "--dp 65"),
-        ({"prefill_replicas": 40, "decode_replicas": 40}, "--prefill-replicas 40 --decode-replicas 40"),
-    ],
-)
-def test_more_replicas_than_a_server_can_have_are_refused_before_one_starts(options: dict[str, Any], given: str):
-    with pytest.raises(ConfigError) as caught:
-        start_cores(EngineConfig(model="/m", device="cpu", **options), front_ends=1, step_timeout_s=1)
-    assert str(caught.value) == f"{given}: a server has at most 64 replicas"
