@@ -15,7 +15,7 @@ from engine.core_process import CoreOptions, Endpoints
 from engine.gateway import Gateway
 from engine.kv_transfer import KVTcp
 from engine.multimodal.feature_files import remove_stale_features
-from engine.ray_cluster import Reservation
+from engine.ray_cluster import Reservation, end_with_node
 from engine.socket_folder import SocketFolder
 from engine.worker.rank_host import HostFacts, host_facts
 
@@ -26,6 +26,9 @@ class CoreHost:
     def __init__(self) -> None:
         self._node = "this machine"
         self._child: ReportingChild | None = None
+
+    def end_with_node(self) -> None:
+        end_with_node()
 
     def place(self, model: str) -> tuple[str, str, HostFacts, bool]:
         """Ray's identity of the node, its address, its facts, and whether a file or folder of this path is there."""

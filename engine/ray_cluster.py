@@ -20,6 +20,7 @@ from engine.text import first_line
 FLAG, VARIABLE = "--ray-address", "RAY_ADDRESS"
 REACH_S = 5.0  # for a connection to the head of the cluster
 FREE_S = 5.0  # for CPUs that are being freed
+WATCH_S = 0.5  # between two looks at the raylet
 NAMESPACE = "redline"  # of the names of placement groups
 
 log = logging.getLogger("redline.core")
@@ -77,6 +78,18 @@ def connect_ray(address: str | None, node: str | None = None) -> Any:
     return ray
 
 
+def end_with_node() -> None:
+    """End this process, an actor's, within a second of the raylet, which started it: Ray may leave it running."""
+    raylet = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == raylet:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="raylet-watch", daemon=True).start()
+
+
 def check_free(ray: Any, needed: int, what: str, advice: str, held: int = 0) -> None:
     """Wait a moment until enough CPUs of the cluster are free.
 
@@ -104,8 +117,8 @@ def check_free(ray: Any, needed: int, what: str, advice: str, held: int = 0) -> 
             return
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{free} of the Ray cluster's {there} CPUs are free, and {what}: end other jobs (`ray list actors` "
-                f"shows them), or {advice}"
+                f"{free} of the Ray cluster's {there} CPUs are free, and {what}: end other jobs (`ray status` "
+                f"shows what is used), or {advice}"
             )
         time.sleep(0.1)
 

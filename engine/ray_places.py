@@ -213,13 +213,14 @@ class RayNodes:
     def _find_nodes(self, place: Place) -> None:
         """Wait for the actor, and find out about the nodes of the replica's ranks."""
         ray, model = self.ray, self._config.model
+        place.actor.end_with_node.remote()
         try:
             identity, address, facts, has_model = ray.get(place.actor.place.remote(model), timeout=START_S)
         except ray.exceptions.GetTimeoutError as error:
             free = int(ray.available_resources().get("CPU", 0))
             raise ConfigError(
                 f"no node of the Ray cluster takes a replica: {free} CPUs are free, and each replica needs "
-                f"{self._ranks}: end other jobs (`ray list actors` shows them), or start fewer replicas"
+                f"{self._ranks}: end other jobs (`ray status` shows what is used), or start fewer replicas"
             ) from error
         except ray.exceptions.RayError as error:
             raise _not_installed(error) from error

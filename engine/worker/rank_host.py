@@ -17,6 +17,7 @@ import engine
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError, RedlineError
 from engine.host import available_memory, cores, shared_host
+from engine.ray_cluster import end_with_node
 from engine.worker.hosted_rank import HostedRank
 from engine.worker.model_copy import ModelCopy, ModelFile, fingerprints
 from engine.worker.rank_protocol import RankOptions
@@ -75,6 +76,9 @@ class RankHost:
         self._copy: ModelCopy | None = None
         self._error: RedlineError | None = None
         self._asking = threading.Lock()
+
+    def end_with_node(self) -> None:
+        end_with_node()
 
     def facts(self) -> HostFacts:
         return host_facts()

@@ -255,7 +255,7 @@ class RayHosts:
             ray.util.remove_placement_group(group)
             raise ConfigError(
                 f"{free} of the Ray cluster's {there} {scarce}s are free, and {ranks} ranks need one each: end other "
-                "jobs (`ray list actors` shows them), or lower --tp or --pp"
+                "jobs (`ray status` shows what is used), or lower --tp or --pp"
             )
         return group
 
@@ -285,6 +285,8 @@ class RayHosts:
                 scheduling_strategy=strategy(group, placement_group_bundle_index=number),
             )
             actors.append((node, actor.remote(f"node {node.address}")))
+        for _, actor in actors:
+            actor.end_with_node.remote()
         places = [self._place(node, actor, actor.facts.remote()) for node, actor in actors]
         here, this_host = ray.get_runtime_context().get_node_id(), shared_host()
 
