@@ -34,6 +34,11 @@ def open_folder(path: str) -> OwnedFolder:
         raise ConfigError(f"{FLAG} disk=: {path} can't be used: {error.strerror or error}") from error
 
 
+def check_folder(path: str) -> None:
+    """Raise ConfigError if `open_folder` would."""
+    open_folder(path).remove()
+
+
 class BlockFiles:
     """Implements `engine.core.disk_tier.Files` for the process that calls it: one thread reads, one writes and removes.
 

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from engine import children
+from engine.block_files import check_folder
 from engine.children import Failure, Loading, RankHandle, Up
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.core_process import CoreOptions, Endpoints
 from engine.executor_backend import RAY
+from engine.kv_spill import parse_kv_spill
 from engine.kv_transfer import KVTcp
 from engine.log_format import log_everything
 from engine.messages import Ready
@@ -85,6 +87,8 @@ def build_core_server(
         phases.end("import torch")
     plan, hosts = _plan(config, memory, phases, reservation)
     config, model_info, resolution = plan.config, plan.model_info, plan.resolution
+    if config.kv_spill is not None and hosts is None and (path := parse_kv_spill(config.kv_spill).disk_path):
+        check_folder(path)  # loading may take minutes
     clock = MonotonicClock()
     executor = _start_executor(plan, endpoints, clock, progress, hosts)
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.num_ranks)

@@ -275,6 +275,14 @@ def test_what_can_not_be_had_is_named(given: str, said: str, tmp_path: Path) -> 
         pass
 
 
+def test_a_folder_is_tried_before_weights_are_read(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # of no tensor
+    spill = f"host=64MiB,disk={tmp_path / 'config.json' / 'below'}:1GiB"
+    with pytest.raises(ConfigError, match="below can't be used: Not a directory"), LLM(str(tmp_path), kv_spill=spill):
+        pass
+
+
 def test_models_that_pool_are_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     config = EngineConfig(model=str(tmp_path), load_format="dummy", runner="pooling", kv_spill="host=1GiB")
