@@ -7,6 +7,7 @@ threads then number one for each worker and do not compete, and neither do the p
 import gc
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):  # before torch coun
 os.environ["TRITON_INTERPRET"] = (
     "1"  # before anything imports triton: its own library is interpreted, or not, from then on
 )
+
+# Where the tests run in the background of a shell: it ignores SIGINT, and processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

@@ -11,7 +11,6 @@ import pytest
 from bench.errors import BenchError
 from bench.simulation.processes import Report, run_all
 from tests.bench.simulation.interrupted_jobs import wait_and_save
-from tests.interrupts import interruptible
 
 
 def square(report: Report, number: int) -> tuple[int, int]:
@@ -87,8 +86,7 @@ def test_a_consumer_that_stops_ends_all_processes(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_terminal_interrupts_jobs_once(tmp_path: Path) -> None:
     """A terminal sends SIGINT to all processes of its foreground group, here in a session of its own."""
     command = [sys.executable, "-m", "tests.bench.simulation.interrupted_jobs", str(tmp_path)]
-    with interruptible():
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     with process:
         try:
             wait_until(lambda: {"begun-0", "begun-1"} <= set(names_in(tmp_path)), process)
