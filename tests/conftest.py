@@ -19,7 +19,7 @@ os.environ["TRITON_INTERPRET"] = (
     "1"  # before anything imports triton: its own library is interpreted, or not, from then on
 )
 
-# Where the tests run in the background of a shell: it ignores SIGINT, and processes that tests start would inherit that.
+# In the background of a shell SIGINT is ignored, and processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -43,10 +43,11 @@ MOST_WORKERS = 8
 # Files that take 20 s or more on one core, the longest first. Workers begin with them, so that none ends with one, and
 # `make test-fast` leaves them out.
 SLOW = (
-    "engine/test_served_parity.py", "engine/worker/test_ray_hosts.py", "engine/worker/test_multiprocess.py",
-    "engine/worker/test_parity.py",
+    "engine/test_served_parity.py", "engine/worker/test_ray_hosts.py", "engine/test_ray_replicas.py",
+    "cli/test_disaggregation_served.py", "engine/test_ray_disaggregation.py",
+    "engine/worker/test_multiprocess.py", "engine/worker/test_parity.py",
     "bench/sweeps/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py",
-    "cli/test_scale_served.py", "engine/test_ray_replicas.py",
+    "cli/test_scale_served.py",
     "bench/sweeps/test_sweep_rounds.py", "bench/measurement/test_run.py", "cli/test_serve_processes.py",
     "engine/test_vision_served.py", "cli/test_serve_engine.py", "cli/test_serve.py",
     "bench/workloads/test_cache_hits.py",
