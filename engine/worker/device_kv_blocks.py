@@ -5,22 +5,20 @@ around. Nothing waits: a host block may be read, or written by others, once a re
 arrived.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.arrays import Int32s
-from engine.host_blocks import ATTACH, map_rank
 from engine.worker.device import Device
-from engine.worker.kv_blocks import Bytes, check_size, runs
+from engine.worker.kv_blocks import Bytes, MappedBlocks, runs
 
 STAGED_BYTES = 64 << 20  # of the buffer on the device
 
 
-class DeviceBlocks:
+class DeviceBlocks(MappedBlocks):
     """Implements `engine.worker.kv_blocks.KVBlocks`.
 
     Args:
@@ -29,24 +27,11 @@ class DeviceBlocks:
     """
 
     def __init__(self, device: Device, parts: Sequence[Tensor], rank: int = 0):
+        super().__init__([part.shape[1] for part in parts], rank)
         self._device = device
         self._parts = parts
-        self._rank = rank
         self._host: Tensor | None = None
         self._staged: Tensor | None = None
-
-    @property
-    def calls(self) -> dict[str, Callable[..., Any]]:
-        return {ATTACH: self.attach}
-
-    def attach(self, path: str, num_blocks: int, part_bytes: Sequence[int]) -> None:
-        """Map the host blocks."""
-        check_size(part_bytes[self._rank], [part.shape[1] for part in self._parts])
-        self.use(map_rank(path, self._rank, num_blocks, part_bytes))
-
-    @property
-    def block_bytes(self) -> int:
-        return sum(part.shape[1] for part in self._parts)
 
     def use(self, host: Bytes) -> None:
         num_blocks, own = host.shape

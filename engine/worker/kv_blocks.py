@@ -5,6 +5,7 @@ block the parts of a block lie end to end. The copies of a step are done before 
 message: a block is copied out before something else is written to it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -43,8 +44,34 @@ class KVBlocks(Protocol):
         ...
 
 
-class CPUBlocks:
-    """The KV blocks of a rank on the CPU.
+class MappedBlocks(ABC):
+    """KV blocks that are copied to and from the host blocks of the core's machine, as far as they have these.
+
+    Args:
+        part_bytes: of a block, in each part of the KV cache.
+        rank: among the ranks of the replica.
+    """
+
+    def __init__(self, part_bytes: Sequence[int], rank: int):
+        self.block_bytes = sum(part_bytes)
+        self._rank = rank
+
+    @property
+    def calls(self) -> dict[str, Callable[..., Any]]:
+        return {ATTACH: self.attach}
+
+    def attach(self, path: str, num_blocks: int, part_bytes: Sequence[int]) -> None:
+        """Map the host blocks; the arguments are those of `HostBlocks.attachment`."""
+        if (planned := part_bytes[self._rank]) != self.block_bytes:
+            raise RuntimeError(f"a KV block has {self.block_bytes} bytes on this rank, {planned} were planned")
+        self.use(map_rank(path, self._rank, num_blocks, part_bytes))
+
+    @abstractmethod
+    def use(self, host: Bytes) -> None: ...
+
+
+class CPUBlocks(MappedBlocks):
+    """The KV blocks of a rank on the CPU; implements KVBlocks.
 
     Args:
         parts: of the KV cache, each [blocks, bytes].
@@ -53,21 +80,8 @@ class CPUBlocks:
 
     def __init__(self, parts: Iterable[Bytes], rank: int = 0):
         self._parts = list(parts)
-        self._rank = rank
+        super().__init__([part.shape[1] for part in self._parts], rank)
         self._host: Bytes | None = None
-
-    @property
-    def calls(self) -> dict[str, Callable[..., Any]]:
-        return {ATTACH: self.attach}
-
-    def attach(self, path: str, num_blocks: int, part_bytes: Sequence[int]) -> None:
-        """Map the host blocks."""
-        check_size(part_bytes[self._rank], [part.shape[1] for part in self._parts])
-        self.use(map_rank(path, self._rank, num_blocks, part_bytes))
-
-    @property
-    def block_bytes(self) -> int:
-        return sum(part.shape[1] for part in self._parts)
 
     def use(self, host: Bytes) -> None:
         self._host = host
@@ -91,12 +105,6 @@ def runs(copies: Int32s) -> Iterator[tuple[bool, Int32s, Int32s]]:
     ends = np.flatnonzero(np.diff(copies[:, 0])) + 1
     for some in np.split(copies, ends):
         yield some[0, 0] == COPY_OUT, some[:, 1], some[:, 2]
-
-
-def check_size(planned: int, parts: Sequence[int]) -> None:
-    """Check that a host block, as it was planned, has the bytes of a block's parts."""
-    if planned != sum(parts):
-        raise RuntimeError(f"a KV block has {sum(parts)} bytes on this rank, {planned} were planned")
 
 
 def cache_parts(cache: KVCache) -> list[Tensor]:
