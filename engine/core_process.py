@@ -231,9 +231,17 @@ def share_left(config: EngineConfig, needed: int) -> tuple[dict[str, str], int |
         return environment, None
     # Its share is what is free now: the other replicas have theirs already.
     available = config.data_parallel_size * machine.available_memory()
-    if needed > available:
-        raise OutOfMemoryError(
-            f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
-            "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
-        )
+    check_memory("one more replica needs", needed, available)
     return environment, available
+
+
+def check_memory(what: str, needed: int, free: int, where: str = "") -> None:
+    """Raise OutOfMemoryError if replicas that are added need more bytes than are free.
+
+    `what` and `where` are for the message: what needs them, and on which machine, if not on this one.
+    """
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{what} {human_bytes(needed)}, but {human_bytes(free)} are free{where}: use a lower --dp, or start the "
+            "server with a smaller --kv-cache-memory-bytes"
+        )

@@ -66,7 +66,7 @@ def check_disaggregation(config: Options) -> None:
     if config.simulated:
         raise refusal("simulated hardware has no KV blocks to send: leave out --device sim:")
     if config.pipeline_parallel_size > 1:
-        raise refusal("a block is not the same on all pipeline stages: use --tp in place of --pp")
+        raise refusal("pipeline stages do not send blocks: use --tp in place of --pp")
     if config.ablations:
         raise refusal("it needs all parts of V1: leave out --ablate, or --engine v0")
 

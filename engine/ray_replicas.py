@@ -16,15 +16,15 @@ import zmq
 
 from engine.children import Failure, Loading, Up, decode_report
 from engine.config import EngineConfig
-from engine.core_process import STOP_GRACE_S
+from engine.core_process import STOP_GRACE_S, check_memory
 from engine.curve import Change, Connections, secure_client
-from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError, RedlineError
+from engine.errors import ConfigError, EngineDeadError, RedlineError
 from engine.executor_backend import BACKEND, RAY
 from engine.frontend.transport import CoreAddress
 from engine.gateway import front_end_name
 from engine.messages import Ready, Shutdown, encode
 from engine.ray_places import START_S, Place, RayNodes
-from engine.text import first_line, human_bytes
+from engine.text import first_line
 
 CONNECT_S = 10.0  # for the connection to a core
 LAST_REPORT_S = 2.0  # for the report of a core whose connection is lost
@@ -122,12 +122,11 @@ class RayCore:
     def sibling(self, config: EngineConfig, needed: int) -> "RayCore":
         """The core of another replica of the same server; see `engine.core_process.Core`."""
         [place] = self._nodes.place(1)
-        if needed > place.memory:
+        try:
+            check_memory("a replica needs", needed, place.memory, f" on {place.description}")
+        except RedlineError:
             self._nodes.release(place)
-            raise OutOfMemoryError(
-                f"a replica needs {human_bytes(needed)}, but {human_bytes(place.memory)} are free on "
-                f"{place.description}: use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
-            )
+            raise
         one = replace(config, device=self._config.device)
         return RayCore(self._nodes, place, one, self._front_ends, self._step_timeout_s)
 

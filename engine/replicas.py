@@ -5,12 +5,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from engine.config import EngineConfig
-from engine.core_process import Core, CoreProcess
-from engine.errors import OutOfMemoryError
+from engine.core_process import Core, CoreProcess, check_memory
 from engine.executor_backend import RAY
 from engine.host import available_memory
 from engine.messages import Ready
-from engine.text import human_bytes
 
 PROCESS_BYTES = 192 << 20  # of PyTorch and the other libraries in each process, which the lines of a plan do not have
 
@@ -64,12 +62,7 @@ def check_room(ready: Ready, config: EngineConfig, count: int) -> None:
         return
     processes = 1 + (config.num_ranks if config.num_ranks > 1 else 0)
     needed = count * (sum(line.bytes for line in ready.memory) + processes * PROCESS_BYTES)
-    if needed > (free := available_memory()):
-        more = f"{count} more replicas need" if count > 1 else "one more replica needs"
-        raise OutOfMemoryError(
-            f"{more} {human_bytes(needed)}, but {human_bytes(free)} are free: use a lower --dp, or start the server "
-            "with a smaller --kv-cache-memory-bytes"
-        )
+    check_memory(f"{count} more replicas need" if count > 1 else "one more replica needs", needed, available_memory())
 
 
 def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, count: int) -> Core:
